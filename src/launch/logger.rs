@@ -10,10 +10,12 @@ use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, tee};
+use nix::poll::PollFlags;
 
 use crate::id::ExecId;
 use crate::oci::namespaces;
 use crate::stdio::fifo;
+use crate::stdio::pipe::found;
 use crate::sys;
 
 use super::contract::LOGGER_ERROR;
@@ -60,7 +62,11 @@ fn open_pipes(process: &Process<'_>) -> Result<Vec<OwnedFd>, Error> {
 fn has_ended(pipe: &File) -> Result<bool, Error> {
     let (_reader, writer) = nix::unistd::pipe().map_err(system("make a pipe"))?;
     match tee(pipe, &writer, 1, SpliceFFlags::SPLICE_F_NONBLOCK) {
-        Ok(copied) => Ok(copied == 0),
+        // It may have buffers without bytes, which the logger skips.
+        Ok(0) => found(pipe, PollFlags::POLLIN)
+            .map(|has_buffers| !has_buffers)
+            .map_err(|source| Error::System { action: "inspect a pipe", source }),
+        Ok(_) => Ok(false),
         Err(Errno::EAGAIN) => Ok(false),
         Err(errno) => Err(system("inspect a pipe")(errno)),
     }

@@ -1,7 +1,7 @@
 //! ResizePty: the size of a terminal's window.
 
 use crate::id::ProcessKey;
-use crate::services::streams::set_window;
+use crate::services::streams::set_window_once_resumed;
 use crate::services::{Error, Tasks};
 
 impl Tasks {
@@ -18,6 +18,6 @@ impl Tasks {
         let clip = |size: u32| u16::try_from(size).unwrap_or(u16::MAX);
         let window = (clip(columns), clip(rows));
         process.live().window = Some(window);
-        set_window(&process).await
+        set_window_once_resumed(&process).await
     }
 }

@@ -8,6 +8,7 @@ use std::io;
 use crate::id::{ExecId, TaskKey};
 use crate::launch::contract::PROCESS_SPEC;
 use crate::session::fds::StreamFds;
+use crate::stdio::threads;
 use crate::store::Store;
 use crate::task::Task;
 use crate::task::exec::ExecPhase;
@@ -25,6 +26,9 @@ const MOST_SPEC_BYTES: u64 = 32 << 20;
 
 /// The largest number of entries that the streams of a container's execs have in the descriptor store.
 const MOST_ENTRIES: usize = STORE_LIMIT as usize / 4;
+
+/// The largest number of pieces of work on a container's streams that wait for each other. Each keeps a few descriptors open.
+const MOST_WAITING: usize = 2_000;
 
 /// A container has as many execs as one container may have.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +57,14 @@ pub enum Error {
         /// The container.
         task: TaskKey,
     },
+    /// The work on the streams is held up.
+    #[error(
+        "{MOST_WAITING} pieces of work on the streams of task {task} and its execs wait, which is the limit for one container: a process keeps some of these streams busy in the kernel; end that process"
+    )]
+    Busy {
+        /// The container.
+        task: TaskKey,
+    },
 }
 
 /// Checks the execs of a container, among which the new one is already registered.
@@ -72,10 +84,10 @@ pub(crate) fn check_added(entry: &Entry) -> Result<(), Error> {
 }
 
 /// Checks whether there is room in the descriptor store for the streams of an exec, in addition to those of the other execs of
-/// its container. An exec without streams always has room.
+/// its container, and whether its output has a chance to be delivered. An exec without streams always has room.
 ///
 /// # Errors
-/// [`Error::Streams`]
+/// [`Error::Streams`], [`Error::Busy`]
 pub(crate) fn check_streams(
     task: &Task,
     exec: &ExecId,
@@ -85,6 +97,9 @@ pub(crate) fn check_streams(
     let own = entries_of(wiring);
     if own == 0 {
         return Ok(());
+    }
+    if threads::waiting(&task.key) > MOST_WAITING {
+        return Err(Error::Busy { task: task.key.clone() });
     }
     let others = task.execs.iter().filter(|(id, _)| *id != exec).map(|(_, other)| other);
     let expected = |other: &ExecPhase, wiring| match other {

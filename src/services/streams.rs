@@ -223,7 +223,9 @@ impl Streams {
             live.session = session;
             threads::discard(live.client_input.take());
         }
+        // Before the input: the client may have typed it after the answer to its request for the size.
         set_window(process).await?;
+        process.live().session.start_input(&process.key.task);
         // CloseIO may have come while the terminal was awaited. It found no session whose input it could close.
         // The process may also have ended meanwhile.
         let (is_closed, has_ended) = entry
@@ -364,6 +366,16 @@ pub(crate) async fn set_window(process: &Process) -> Result<(), Error> {
     let late = |_| Error::TerminalDoesNotAnswer { process: process.key.clone() };
     let set = tokio::time::timeout(WINDOW_LIMIT, set).await.map_err(late)??;
     Ok(set.map_err(session::Error::Terminal)?)
+}
+
+/// As [`set_window`], also for a process whose streams are being opened again after a restart: the client may type as soon as it
+/// has the answer.
+///
+/// # Errors
+/// As [`set_window`].
+pub(crate) async fn set_window_once_resumed(process: &Process) -> Result<(), Error> {
+    resumed(process).await;
+    set_window(process).await
 }
 
 /// Ends the session of a process. Output that has not arrived is lost.

@@ -9,14 +9,16 @@ mod open;
 mod plan;
 mod pumps;
 
+use std::fmt;
 use std::fs::File;
 use std::io;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::id::ProcessKey;
+use crate::id::{ProcessKey, TaskKey};
 use crate::stdio::fifo;
 use crate::stdio::pump::{self, Output, Source};
 use crate::stdio::terminal::Terminal;
@@ -45,6 +47,15 @@ pub enum Error {
     Watch(#[source] io::Error),
 }
 
+/// Copies a client's input to a terminal.
+struct Feed(Pin<Box<dyn Future<Output = ()> + Send>>);
+
+impl fmt::Debug for Feed {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Feed")
+    }
+}
+
 /// The terminal of a process, until it hangs up.
 type Slot = Arc<Mutex<Option<Arc<Terminal>>>>;
 
@@ -58,10 +69,13 @@ pub struct Session {
     logger_readers: Vec<File>,
     terminal: Slot,
     pumps: Pumps,
+    /// The input of a terminal, until [`Self::start_input`].
+    feed: Option<Feed>,
 }
 
 impl Session {
-    /// Starts copying. The process has its ends of the streams, and the terminal, if it has one, has been received.
+    /// Starts copying, except to a terminal ([`Self::start_input`]). The process has its ends of the streams, and the terminal, if it
+    /// has one, has been received.
     /// `ended` makes futures that resolve when the process has ended.
     ///
     /// # Errors
@@ -86,7 +100,7 @@ impl Session {
             }
         });
         let slot = Arc::new(Mutex::new(terminal.clone()));
-        let mut session = Self { stdin, logger_readers, terminal: slot, pumps };
+        let mut session = Self { stdin, logger_readers, terminal: slot, pumps, feed: None };
         // CloseIO may have come before there was a process; then the process has its input now, and no writer is
         // needed any more.
         if wiring.stdin_closed {
@@ -134,9 +148,16 @@ impl Session {
         }
         if let (Some(input), Some(terminal)) = (input, terminal) {
             let (slot, stop) = (session.terminal.clone(), session.pumps.stop().now);
-            threads::spawn(&key.task, feed(key.clone(), input, terminal, slot, ended(), stop));
+            session.feed = Some(Feed(Box::pin(feed(key.clone(), input, terminal, slot, ended(), stop))));
         }
         Ok(session)
+    }
+
+    /// Lets a terminal have the client's input. Its window has the size that the client has requested before.
+    pub fn start_input(&mut self, task: &TaskKey) {
+        if let Some(Feed(feed)) = self.feed.take() {
+            threads::spawn(task, feed);
+        }
     }
 
     /// The terminal, until it hangs up.

@@ -105,7 +105,9 @@ impl Process {
 }
 
 fn start(plan: &Plan, opened: OpenStreams, fds: &Arc<StreamFds>, process: &Process) -> Session {
-    Session::start(&plan.key, opened, &plan.wiring, fds, process.ended()).unwrap()
+    let mut session = Session::start(&plan.key, opened, &plan.wiring, fds, process.ended()).unwrap();
+    session.start_input(&plan.key.task);
+    session
 }
 
 /// Everything up to the end of a file, away from the async runtime.

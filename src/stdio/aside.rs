@@ -12,7 +12,7 @@ use crate::sys;
 
 use super::journal::Lines;
 use super::journal_policy::JournalPolicy;
-use super::pipe::{CHUNK, Scratch};
+use super::pipe::{CHUNK, ONLY_EMPTY, Scratch};
 
 /// The largest size of the pipe of an [`Aside`]: as much as the default rate limit allows in lines of 100 bytes. The pipe
 /// has the default 64 KiB until it is full for the first time. It counts for no user that others need ([`sys::quota`]).
@@ -88,7 +88,11 @@ impl Diverter {
                 made => made?,
             },
         };
-        let length = scratch.look(from, most)?;
+        let length = match scratch.look(from, most) {
+            // splice(2) removes the empty buffers.
+            Err(ONLY_EMPTY) => return Ok(Diverted::Skipped),
+            found => found?,
+        };
         if length > 0 {
             self.copy(&scratch.buffer[..length]).await;
             self.scratch = Some(scratch);

@@ -22,6 +22,10 @@ pub(super) const CHUNK: usize = 64 << 10;
 /// this many bytes twice.
 pub(super) const PIECE: usize = 4096;
 
+/// A pipe has only buffers without bytes. Before Linux 6.15, a write(2) that fails with EFAULT leaves such a buffer, poll(2) reports the
+/// pipe as readable, and tee(2) returns 0, as at the end.
+pub(super) const ONLY_EMPTY: Errno = Errno::ENODATA;
+
 /// A pipe of the daemon with both ends in non-blocking mode.
 #[derive(Debug)]
 pub struct PipePair {
@@ -54,9 +58,17 @@ impl Scratch {
         Ok(Self { copy, copied, buffer: vec![0; size] })
     }
 
-    /// Copies up to `most` bytes of a pipe to the buffer. Returns the length: 0 at the end of the pipe, EAGAIN if it is empty.
+    /// Copies up to `most` bytes of a pipe to the buffer. Returns the length: 0 at the end of the pipe, EAGAIN if it is empty,
+    /// [`ONLY_EMPTY`] if nothing can be read until somebody writes or closes.
     pub(super) fn look(&mut self, from: &AsyncFd<OwnedFd>, most: usize) -> Result<usize, Errno> {
         let length = tee(from, &self.copied, most.min(self.buffer.len()), NO_WAIT)?;
+        // A pipe whose writers were gone before it was opened has no buffers, and nothing else shows that it has no writer.
+        let is_only_empty = || Ok(found(from, PollFlags::POLLIN)? && has_writer(from)?);
+        if length == 0 && is_only_empty().map_err(|_: io::Error| Errno::EIO)? {
+            // The copies of empty buffers take up room, and read(2) removes them.
+            let _ = nix::unistd::read(&self.copy, &mut [0]);
+            return Err(ONLY_EMPTY);
+        }
         let mut filled = 0;
         while filled < length {
             filled += nix::unistd::read(&self.copy, &mut self.buffer[filled..length])?;
@@ -66,7 +78,7 @@ impl Scratch {
 }
 
 /// True if poll(2) reports this event, and not only that the other side is closed.
-pub(super) fn found(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
+pub(crate) fn found(fd: &impl AsFd, event: PollFlags) -> io::Result<bool> {
     let mut fds = [PollFd::new(fd.as_fd(), event)];
     poll(&mut fds, Duration::ZERO)?;
     Ok(fds[0].revents().is_some_and(|found| found.contains(event)))

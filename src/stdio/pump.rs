@@ -21,8 +21,8 @@ use super::aside::{Aside, Diverted, Diverter};
 use super::journal::Lines;
 use super::log_file::LogFile;
 use super::pipe::{
-    CHUNK, NO_WAIT, PIECE, PipePair, Scratch, data_in, found, free_in, grow, has_writer, is_ready, length_in,
-    room_in,
+    CHUNK, NO_WAIT, ONLY_EMPTY, PIECE, PipePair, Scratch, data_in, found, free_in, grow, has_writer,
+    is_ready, length_in, room_in,
 };
 use super::terminal::Terminal;
 use super::terminal_pump::move_terminal;
@@ -419,6 +419,11 @@ async fn spread(
                 end.or_complete(data_in(from)).await?;
                 continue;
             }
+            Err(ONLY_EMPTY) if end.is_complete => return Ok(()),
+            Err(ONLY_EMPTY) => {
+                end.or_complete(changed(from)).await?;
+                continue;
+            }
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(errno.into()),
         };
@@ -448,6 +453,18 @@ async fn spread(
         }
         tokio::task::consume_budget().await;
     }
+}
+
+/// Waits until somebody writes to a pipe that has only empty buffers, or until its last writer closes it. poll(2) always reports such a
+/// pipe as readable.
+async fn changed(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
+    let mut ready = from.readable().await?;
+    // What happens after this look is an event that `clear_ready` does not clear.
+    if length_in(from) == 0 && has_writer(from)? {
+        ready.clear_ready();
+        from.readable().await.map(drop)?;
+    }
+    Ok(())
 }
 
 /// Removes bytes from a pipe that were copied before, as [`move_copied`].

@@ -107,6 +107,13 @@ where
     Ended(ended)
 }
 
+/// How much work on the streams of a container waits until a thread works for the container, with the work on streams of deleted
+/// execs: a process that keeps a stream in the kernel can let all of it wait.
+pub fn waiting(task: &TaskKey) -> usize {
+    let turns = lock(&TURNS).of.get(task).and_then(Weak::upgrade);
+    turns.map_or(0, |turns| lock(&turns.occupied).waiting.len())
+}
+
 /// Resolves when work on a stream has ended. The work goes on if this is dropped.
 #[derive(Debug)]
 pub struct Ended(oneshot::Receiver<()>);

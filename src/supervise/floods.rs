@@ -8,7 +8,7 @@
 //! No setting of systemd or the kernel prevents that. So if systemd is silent, the daemon looks at systemd's new children for a
 //! moment. A silent systemd starts no process. If hundreds of new children belong to one container, its processes are killed.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -32,11 +32,20 @@ const IDLE: Duration = Duration::from_millis(100);
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
+/// A flood with pauses lets systemd answer in the pauses: systemd is slow if this many of the last answers took longer than this.
+const SLOW: Duration = Duration::from_millis(500);
+const MOST_SLOW: usize = 3;
+const LAST_ANSWERS: usize = 6;
+
 /// How long the daemon looks at systemd's children.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The number of new children in that time from which on a container counts as the reason. What was measured is some thousands.
 const FLOOD: usize = 200;
+
+/// The same number if systemd answers, but is slow. It may start processes then: an exec costs systemd some 4 ms, so that many new
+/// children are not those of execs.
+const FLOOD_WITH_PAUSES: usize = 1000;
 
 /// The largest number of new children that the daemon looks at.
 const MOST: usize = 4096;
@@ -51,6 +60,7 @@ const STATUS: &str = "/proc/1/status";
 /// Background task: ends such containers. Never returns.
 pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
     let mut before = cpu_time(Path::new(CPU_TIME));
+    let mut answers = Answers::default();
     loop {
         sleep(INTERVAL).await;
         // On an idle node, nobody wakes systemd and the bus.
@@ -64,10 +74,33 @@ pub async fn end(tasks: Arc<Tasks>, manager: Arc<Manager>) {
         }
         // One call at a time: the bus keeps calls that are not answered, and has a limit for them.
         // An error is an answer of the bus, and there is nothing to wait for.
+        let begun = Instant::now();
         let mut answered = pin!(manager.version());
         while timeout(ANSWER_LIMIT, &mut answered).await.is_err() {
-            end_floods(&tasks).await;
+            end_floods(&tasks, FLOOD, "answered nobody").await;
         }
+        if answers.note(begun.elapsed()) {
+            end_floods(&tasks, FLOOD_WITH_PAUSES, "answered slowly").await;
+        }
+    }
+}
+
+/// Whether the last answers of systemd were slow.
+#[derive(Debug, Default)]
+struct Answers(VecDeque<bool>);
+
+impl Answers {
+    /// Notes how long an answer took. True if too many of the last answers were slow: they are forgotten then.
+    fn note(&mut self, took: Duration) -> bool {
+        self.0.push_back(took > SLOW);
+        if self.0.len() > LAST_ANSWERS {
+            self.0.pop_front();
+        }
+        let is_slow = self.0.iter().filter(|is_slow| **is_slow).count() >= MOST_SLOW;
+        if is_slow {
+            self.0.clear();
+        }
+        is_slow
     }
 }
 
@@ -86,7 +119,8 @@ fn has_unknown_ends(status: &str) -> bool {
     pending.is_some_and(|mask| mask & (1 << (Signal::SIGCHLD as i32 - 1)) != 0)
 }
 
-async fn end_floods(tasks: &Tasks) {
+/// Kills the containers of which at least `flood` processes become children of systemd. `answered`: what systemd did meanwhile.
+async fn end_floods(tasks: &Tasks, flood: usize, answered: &str) {
     let Ok(children) = blocking(|| new_children(Path::new(CHILDREN), LOOK)).await else {
         return;
     };
@@ -95,11 +129,11 @@ async fn end_floods(tasks: &Tasks) {
             continue;
         };
         let number = children.iter().filter(|child| child.starts_with(&cgroup)).count();
-        if number < FLOOD {
+        if number < flood {
             continue;
         }
         let key = &entry.key;
-        tracing::error!(task = %key, number, "task {key}: its processes are killed: at least {number} of them became children of systemd within {} s, and systemd answered nobody", LOOK.as_secs());
+        tracing::error!(task = %key, number, "task {key}: its processes are killed: at least {number} of them became children of systemd within {} s, and systemd {answered}", LOOK.as_secs());
         if let Err(error) = cgroup::kill(&cgroup).await {
             tracing::error!(task = %key, %error, "task {key}: can't kill its processes: {error}");
         }
@@ -139,6 +173,17 @@ mod tests {
             assert!(begun.elapsed() < Duration::from_secs(60));
         }
         assert_eq!(cpu_time(Path::new("/proc/self/no-such-file")), None);
+    }
+
+    #[test]
+    fn systemd_is_slow_after_some_slow_answers_of_the_last_ones() {
+        let mut answers = Answers::default();
+        let mut note = |slow: bool| answers.note(if slow { 2 * SLOW } else { SLOW / 2 });
+        let noted: Vec<bool> = [true, true, false, false, false, false, true, true, true, true]
+            .into_iter()
+            .map(&mut note)
+            .collect();
+        assert_eq!(noted, [false, false, false, false, false, false, false, false, true, false]);
     }
 
     #[test]
