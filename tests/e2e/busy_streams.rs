@@ -16,12 +16,10 @@ use crate::common::node::Node;
 use crate::common::spec::Spec;
 use crate::common::stdio::Scratch;
 use crate::common::task::{Io, SIGKILL};
-use crate::common::{daemon, options, process, systemd, wait};
+use crate::common::{daemon, process, wait};
 
 /// The variable with what a process of the container keeps busy.
 const HOLDS: &str = "E2E_HOLDS";
-/// The variable that makes a process of the container write from a bad address.
-const FAULTS: &str = "E2E_FAULTS";
 const PAGE: usize = 4096;
 /// The file that shows that the kernel waits, below the directory of the test.
 const HELD: &str = "held";
@@ -41,49 +39,6 @@ fn as_the_process_of_a_container() {
     fs::write(format!("{PLACE}/{HELD}"), "").expect("say that the kernel waits");
     loop {
         std::thread::park();
-    }
-}
-
-/// Runs in the container: writes from an address that it does not have, and then a line.
-#[test]
-#[expect(unsafe_code, reason = "an address that is not valid")]
-fn as_a_process_with_a_bad_address() {
-    if std::env::var_os(FAULTS).is_none() {
-        return;
-    }
-    for number in 0..40 {
-        for stream in [1, 2] {
-            // SAFETY: the kernel reads no memory of this process, which has nothing there.
-            let written = unsafe { libc::write(stream, std::ptr::without_provenance(1), 10) };
-            assert_eq!(written, -1);
-        }
-        std::thread::sleep(Duration::from_millis(5));
-        println!("line {number}");
-        eprintln!("line {number}");
-    }
-    println!("the end");
-}
-
-/// Before Linux 6.15, such a write leaves a buffer without bytes in the pipe, which looks like its end to tee(2).
-#[test]
-fn a_write_from_a_bad_address_ends_no_output() {
-    needs!(OurShim);
-    let node = Node::shared();
-    for log in ["auto", "tee", "client"] {
-        let spec = program("as_a_process_with_a_bad_address").env(&format!("{FAULTS}=1"));
-        let start = |spec, io: &Io| node.container("fault", spec).options(options::log(log)).started(io);
-        let (container, mut client) = Client::attached(spec, start);
-        assert_eq!(container.exit_status(), 0, "{log}");
-        let lines = |text: String| text.lines().filter(|line| line.starts_with("line ")).count();
-        assert_eq!((lines(client.stdout.text()), lines(client.stderr.text())), (40, 40), "{log}");
-        if log != "client" {
-            wait::until_true("the journal has the last line", || {
-                systemd::messages(&["--unit", &systemd::unit_of(&container)])
-                    .iter()
-                    .any(|line| line == "the end")
-            });
-        }
-        container.delete().expect("delete");
     }
 }
 
@@ -135,14 +90,14 @@ fn hold(what: &str, page: *mut libc::c_void) {
 }
 
 /// A container whose process is a test of this program.
-fn program(test: &str) -> Spec {
+pub fn program(test: &str) -> Spec {
     let program = std::env::current_exe().expect("this program").display().to_string();
-    let spec = Spec::new(&[&program, "--exact", &format!("busy_streams::{test}"), "--nocapture"]);
+    let spec = Spec::new(&[&program, "--exact", test, "--nocapture"]);
     ["/usr", "/lib", "/lib64"].iter().fold(spec, |spec, path| spec.bind(path, path, &["ro"]))
 }
 
 fn spec(what: &str, place: &Scratch) -> Spec {
-    let spec = program("as_the_process_of_a_container").env(&format!("{HOLDS}={what}"));
+    let spec = program("busy_streams::as_the_process_of_a_container").env(&format!("{HOLDS}={what}"));
     spec.capabilities(&["CAP_SYS_PTRACE"]).bind(place.as_str(), PLACE, &["rw"])
 }
 

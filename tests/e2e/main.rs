@@ -11,6 +11,7 @@ mod common;
 mod annotations;
 mod attached;
 mod attributes;
+mod bad_address;
 mod bad_exec;
 mod bad_input;
 mod browser;
