@@ -6,16 +6,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::id::{Owner, TaskKey};
-use crate::services::{Entry, Error, Tasks};
+use crate::services::{Delivery, Entry, Error, Tasks};
 use crate::store::delete_replies::Deleted;
 use crate::{config, suspect};
 
 use super::Shim;
 use super::delete::kill_and_wait;
 use super::kill::end_all;
+
+/// How long a Delete waits for the bundle, to note the end of a Create.
+const NOTE_LIMIT: Duration = Duration::from_secs(1);
 
 impl Shim {
     /// Removes a task that containerd has given up, and kills its processes first. If this fails, or the daemon ends meanwhile,
@@ -50,12 +54,21 @@ impl Shim {
     ///
     /// # Errors
     /// Something is left, and the record does not say yet that the task is given up.
-    pub(super) async fn give_up_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<bool, Error> {
-        if !entry.task().is_being_created() {
+    pub(super) async fn give_up_create(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        delivery: Delivery,
+    ) -> Result<bool, Error> {
+        let end = Instant::now() + config::DELETE_LIMIT;
+        let is_under_way = entry.task().is_being_created();
+        // Before the record says it: otherwise the next daemon might remove the task, and then begin the Create once more. If this
+        // is a replay, the Create may be replayed, too, and after this.
+        if is_under_way || delivery == Delivery::Replayed {
+            self.note_end_of_create(entry).await;
+        }
+        if !is_under_way {
             return Ok(false);
         }
-        // Before the record says it: otherwise the next daemon might remove the task, and then begin the Create once more.
-        self.note_end_of_create(entry).await;
         let mut is_under_way = false;
         self.tasks.note(entry, |task| {
             is_under_way = task.is_being_created();
@@ -72,7 +85,7 @@ impl Shim {
         let (shim, left) = (self.clone(), entry.clone());
         let removing = suspect::inherit(async move { shim.try_to_remove_left(&left).await });
         // If the limit passes, the removal continues.
-        let _ = tokio::time::timeout(config::DELETE_LIMIT, tokio::spawn(removing)).await;
+        let _ = tokio::time::timeout_at(end, tokio::spawn(removing)).await;
         if self.tasks.is_live(entry) && entry.init.live().disk.is_unwritten {
             let (process, reason) = (entry.key.to_string(), "its record can't be written now".to_owned());
             return Err(Error::NotRemoved { process, reason });
@@ -80,11 +93,15 @@ impl Shim {
         Ok(true)
     }
 
-    /// Notes that no daemon carries out the Create of a task any more.
-    pub(super) async fn note_end_of_create(&self, entry: &Entry) {
+    /// Notes that no daemon carries out the Create of a task any more. Has a time limit: the bundle may be on a disk that does not
+    /// answer, and containerd does not wait for long.
+    async fn note_end_of_create(&self, entry: &Entry) {
         let (key, bundle) = (&entry.init.key, entry.task().request.bundle.clone());
         let given_up = Error::GivenUp { process: key.clone() };
-        self.note_failure_of_any_call(key, bundle, &given_up).await;
+        let noting = self.note_failure_of_any_call(key, bundle, &given_up);
+        if tokio::time::timeout(NOTE_LIMIT, noting).await.is_err() {
+            tracing::warn!(task = %entry.key, "task {}: its bundle does not answer in time, so if the daemon ends now, the Create that was given up is begun once more", entry.key);
+        }
     }
 
     /// Removes a task that is recorded as given up.

@@ -8,10 +8,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::config;
 use crate::effects::{Failure, Plan};
 use crate::id::{Owner, TaskKey};
 use crate::ops::Shim;
-use crate::services::{Delivery, Error};
+use crate::services::{Delivery, Error, WaitsFor};
 use crate::store::Store;
 
 use super::harness::{Step, World, waiting_client};
@@ -219,6 +220,33 @@ fn a_task_that_is_given_up_is_removed_later_if_it_can_not_be_removed_at_once() {
         }
     }
     unreachable!("the removal has no end");
+}
+
+#[test]
+fn a_create_is_recorded_as_given_up_in_time_while_its_disk_does_not_answer() {
+    let world = World::new("deleted-no-disk");
+    let (node, init) = (world.parts(), world.init());
+    let state = world.state_dir();
+    let task = world.task.clone();
+    let recorded = world.live(move |shim| async move {
+        let mut create = Box::pin(Step::Create.take(node(shim.clone()), Delivery::First));
+        assert!(until_registered(&shim, &init.task, create.as_mut()).await.is_none());
+        let turns = WaitsFor::Disk.all_turns(&init.task).await;
+        let begun = tokio::time::Instant::now();
+        let delete = async {
+            let deleted = shim.delete(&init, Delivery::Replayed, waiting_client()).await;
+            let recorded = Store::new(state).load(&task).unwrap().map(|found| found.task.given_up);
+            drop(turns);
+            (deleted, recorded, begun.elapsed())
+        };
+        tokio::join!(delete, create).0
+    });
+    let (deleted, recorded, elapsed) = recorded.unwrap();
+    assert!(matches!(deleted, Err(Error::UnknownTask { .. })), "{deleted:?}");
+    assert!(elapsed <= config::DELETE_LIMIT, "it took {elapsed:?}");
+    // `None` if nothing is left already.
+    assert_ne!(recorded, Some(false));
+    assert_eq!(world.remains(), Vec::<String>::new());
 }
 
 #[test]
