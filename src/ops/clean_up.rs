@@ -6,7 +6,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::Instant;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::id::{Owner, TaskKey};
@@ -20,6 +22,12 @@ use super::kill::end_all;
 
 /// How long a Delete waits for the bundle, to note the end of a Create.
 const NOTE_LIMIT: Duration = Duration::from_secs(1);
+
+/// How often the daemon looks whether something is left. Also the pause after the first attempt to remove it.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Each pause between attempts is twice as long as the one before, up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 impl Shim {
     /// Removes a task that containerd has given up, and kills its processes first. If this fails, or the daemon ends meanwhile,
@@ -180,17 +188,35 @@ impl Shim {
     /// Background task: removes what failed Creates and tasks that containerd has given up have left, less and less often. Never
     /// returns.
     pub async fn remove_leftovers(self: Arc<Self>) {
-        const SHORTEST: Duration = Duration::from_secs(10);
-        const LONGEST: Duration = Duration::from_secs(300);
-        let mut pause = SHORTEST;
+        // One that hangs or can't be removed does not delay the others: each has its own attempts, one at a time.
+        let mut removing = FuturesUnordered::new();
+        let mut known: Vec<Arc<Entry>> = Vec::new();
+        let mut look = tokio::time::interval_at(Instant::now() + SHORTEST_PAUSE, SHORTEST_PAUSE);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::time::sleep(pause).await;
-            let all = self.tasks.registry.all();
-            // One that hangs does not delay the others.
-            let tried = all.iter().filter(|entry| is_left(entry)).map(|entry| self.try_to_remove_left(entry));
-            let removed = futures_util::future::join_all(tried).await;
-            pause = if removed.contains(&false) { LONGEST.min(pause * 2) } else { SHORTEST };
+            tokio::select! {
+                _ = look.tick() => {
+                    for entry in self.tasks.registry.all() {
+                        if is_left(&entry) && !known.iter().any(|other| Arc::ptr_eq(other, &entry)) {
+                            removing.push(self.remove_until_nothing_is_left(entry.clone()));
+                            known.push(entry);
+                        }
+                    }
+                }
+                Some(entry) = removing.next() => known.retain(|other| !Arc::ptr_eq(other, &entry)),
+            }
         }
+    }
+
+    /// Removes what is left of a task, and returns the entry then.
+    async fn remove_until_nothing_is_left(self: &Arc<Self>, entry: Arc<Entry>) -> Arc<Entry> {
+        let mut pause = SHORTEST_PAUSE;
+        // A Create with the same id may also remove it.
+        while self.tasks.is_live(&entry) && !self.try_to_remove_left(&entry).await {
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
+        }
+        entry
     }
 }
 
