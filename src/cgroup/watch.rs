@@ -3,7 +3,7 @@
 //! The kernel reports every change of `memory.events` and `cgroup.events` (kernfs_notify). It reports a change of other
 //! files only if a process wrote them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -77,6 +77,23 @@ impl Source {
 
 /// How often unwatched cgroups are tried again. No event announces that the kernel allows another watch.
 const RETRY: Duration = Duration::from_secs(10);
+
+/// How often inotify is read at a time. A read gives up to 256 events. Without a bound, containers that change their cgroups all the
+/// time could keep the daemon reading.
+const MOST_READS: usize = 64;
+
+/// The changes that were read.
+struct Changes<K> {
+    all: Vec<(Option<K>, Change)>,
+    /// The files that they are about.
+    seen: HashSet<WatchDescriptor>,
+}
+
+impl<K> Default for Changes<K> {
+    fn default() -> Self {
+        Self { all: Vec::new(), seen: HashSet::new() }
+    }
+}
 
 /// Watches a cgroup until it is dropped.
 pub struct Watched<K> {
@@ -181,11 +198,13 @@ impl<K: Clone> Watch<K> {
         };
         loop {
             let mut ready = source.ready.readable().await?;
-            let changes = self.pending()?;
+            let (changes, has_more) = self.read(source)?;
+            if !has_more {
+                ready.clear_ready();
+            }
             if !changes.is_empty() {
                 return Ok(changes);
             }
-            ready.clear_ready();
         }
     }
 
@@ -194,24 +213,40 @@ impl<K: Clone> Watch<K> {
     /// # Errors
     /// As [`Self::next`].
     pub fn pending(&self) -> io::Result<Vec<(Option<K>, Change)>> {
-        let Some(source) = self.source.get() else {
-            return Ok(Vec::new());
-        };
-        let events = match source.inotify.read_events() {
-            Err(Errno::EAGAIN) => return Ok(Vec::new()),
-            events => events?,
-        };
+        self.source.get().map_or(Ok(Vec::new()), |source| Ok(self.read(source)?.0))
+    }
+
+    /// The changes that were not reported yet, each once, and whether inotify may have more.
+    fn read(&self, source: &Source) -> io::Result<(Vec<(Option<K>, Change)>, bool)> {
+        let mut changes = Changes::default();
+        for _ in 0..MOST_READS {
+            match source.inotify.read_events() {
+                Ok(events) => self.translate(events, &mut changes),
+                Err(Errno::EAGAIN) => return Ok((changes.all, false)),
+                // The next read fails, too. What was read is not lost.
+                Err(_) if !changes.all.is_empty() => return Ok((changes.all, true)),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok((changes.all, true))
+    }
+
+    fn translate(&self, events: Vec<InotifyEvent>, changes: &mut Changes<K>) {
         let watched = self.watched();
         let is_limit = |name: &OsString| Attribute::ALL.iter().any(|a| name == a.file());
-        let change = |event: InotifyEvent| {
+        for event in events {
             if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-                return Some((None, Change::Any));
+                changes.all.push((None, Change::Any));
+                continue;
             }
-            let File { key, change, .. } = watched.get(&event.wd)?;
+            let Some(File { key, change, .. }) = watched.get(&event.wd) else {
+                continue;
+            };
             let counts = *change != Change::Limits || event.name.as_ref().is_some_and(is_limit);
-            counts.then(|| (Some(key.clone()), *change))
-        };
-        Ok(events.into_iter().filter_map(change).collect())
+            if counts && changes.seen.insert(event.wd) {
+                changes.all.push((Some(key.clone()), *change));
+            }
+        }
     }
 }
 
@@ -277,5 +312,30 @@ mod tests {
         fake::set_frozen(cgroup, false);
         assert_eq!(watch.pending().unwrap(), []);
         fake::remove(cgroup);
+    }
+
+    /// Queues `count` events that nobody wants: equal events in a row would be one. Two files of one cgroup, in turn.
+    fn make_unwanted_events(cgroup: &Path, count: usize) {
+        for number in 0..count {
+            let _ = std::fs::write(dir(cgroup).join(["one", "two"][number % 2]), "1");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_change_behind_many_others_is_found() {
+        let (watch, cgroup, noisy) =
+            (Watch::new(), Path::new("/behind.slice"), Path::new("/noisy-behind.slice"));
+        [cgroup, noisy].into_iter().for_each(fake::make);
+        let _watched = watch.add(&"web", cgroup, cgroup, None).unwrap();
+        let _noise = watch.add(&"noise", noisy, noisy, Some(noisy)).unwrap();
+        make_unwanted_events(noisy, 1000);
+        fake::set_frozen(cgroup, true);
+        assert_eq!(watch.pending().unwrap(), [(Some("web"), Change::State)]);
+        assert_eq!(watch.pending().unwrap(), []);
+        make_unwanted_events(noisy, 1000);
+        fake::set_frozen(cgroup, false);
+        let changes = tokio::time::timeout(Duration::from_secs(20), watch.next()).await;
+        [cgroup, noisy].into_iter().for_each(fake::remove);
+        assert_eq!(changes.expect("a change").unwrap(), [(Some("web"), Change::State)]);
     }
 }

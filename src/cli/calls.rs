@@ -15,7 +15,7 @@ use crate::ops::Shim;
 use crate::services::Tasks;
 use crate::transport::durable::{Dispatch, Durable, Unwatched};
 use crate::transport::listener::{self, Adopted, Connections};
-use crate::transport::sockets::Leases;
+use crate::transport::sockets::{Leases, Socket};
 
 use super::Failure;
 
@@ -26,10 +26,12 @@ pub(super) struct Calls {
     connections: Arc<Connections>,
     /// The connections of earlier daemons that came from this socket.
     earlier: Vec<Unwatched>,
-    listener: UnixListener,
+    /// `None` if systemd does not listen: there are no new connections then.
+    listener: Option<UnixListener>,
 }
 
-/// The sockets that systemd has passed, each with the connections of earlier daemons.
+/// The sockets that systemd has passed, each with the connections of earlier daemons; and the sockets that only have such
+/// connections, because the socket unit is not active.
 ///
 /// # Errors
 /// A descriptor is not one of the daemon's sockets.
@@ -37,25 +39,47 @@ pub(super) fn of_sockets(
     sockets: Vec<OwnedFd>,
     shim: &Arc<Shim>,
     connections: &Arc<Connections>,
-    mut adopted: Vec<Adopted>,
+    adopted: Vec<Adopted>,
 ) -> Result<Vec<Calls>, Failure> {
     let leases = Leases::new(config::STATE_DIR);
-    let of_socket = |fd| {
+    let mut listeners = Vec::new();
+    for fd in sockets {
         let (socket, listener) = listener::from_systemd(fd)
             .map_err(|error| Failure(format!("can't use a socket from systemd: {error}")))?;
+        listeners.push((socket, Some(listener)));
+    }
+    let calls = grouped(listeners, adopted).into_iter().map(|(socket, listener, earlier)| {
         let service = Arc::new(TaskService::new(shim.clone(), socket, &leases));
-        let earlier = adopted.extract_if(.., |(from, _)| *from == socket);
-        let earlier = earlier.map(|(_, connection)| connection).collect();
-        Ok(Calls { service, tasks: shim.tasks.clone(), connections: connections.clone(), earlier, listener })
-    };
-    sockets.into_iter().map(of_socket).collect()
+        Calls { service, tasks: shim.tasks.clone(), connections: connections.clone(), earlier, listener }
+    });
+    Ok(calls.collect())
+}
+
+/// Each socket with its listener, if it has one, and the connections that came from it.
+fn grouped<L, C>(
+    listeners: Vec<(Socket, Option<L>)>,
+    mut connections: Vec<(Socket, C)>,
+) -> Vec<(Socket, Option<L>, Vec<C>)> {
+    let has_listener = |socket: &Socket| listeners.iter().any(|(other, _)| other == socket);
+    let others: Vec<Socket> = Socket::all().filter(|socket| !has_listener(socket)).collect();
+    let mut groups = Vec::new();
+    for (socket, listener) in listeners.into_iter().chain(others.into_iter().map(|socket| (socket, None))) {
+        let own = connections.extract_if(.., |(from, _)| *from == socket);
+        let own: Vec<C> = own.map(|(_, connection)| connection).collect();
+        if listener.is_some() || !own.is_empty() {
+            groups.push((socket, listener, own));
+        }
+    }
+    groups
 }
 
 impl Calls {
     /// Serves calls. Resolves only after an error.
     pub(super) async fn serve(self) {
         let Self { service, tasks, connections, earlier, listener } = self;
-        if fault::is_forgetful() {
+        if fault::is_forgetful()
+            && let Some(listener) = listener
+        {
             return serve_plainly(listener, service).await;
         }
         let calls: Arc<dyn Dispatch> = Arc::new(Dispatcher::new(service));
@@ -70,6 +94,9 @@ impl Calls {
                 }
             });
         }
+        let Some(listener) = listener else {
+            return std::future::pending().await;
+        };
         match connections.accept(listener) {
             Ok(new) => accept(new, calls, &tasks).await,
             Err(error) => tracing::error!(%error, "can't watch a socket: {error}"),
@@ -79,14 +106,32 @@ impl Calls {
 
 async fn accept(new: impl Stream<Item = io::Result<Durable>>, calls: Arc<dyn Dispatch>, tasks: &Tasks) {
     let mut new = std::pin::pin!(new);
+    let mut row = Row::default();
     while let Some(accepted) = new.next().await {
-        match accepted {
-            Ok(connection) => {
-                tasks.publishing.note_sign();
-                tokio::spawn(Box::new(connection).serve(calls.clone()));
-            }
-            Err(error) => tracing::error!(%error, "can't accept a connection: {error}"),
+        if let Some(connection) = row.log(accepted) {
+            tasks.publishing.note_sign();
+            tokio::spawn(Box::new(connection).serve(calls.clone()));
         }
+    }
+}
+
+/// Logs the first error of a row, and its end: an error that lasts comes back with every attempt, many times a second.
+#[derive(Default)]
+struct Row {
+    has_failed: bool,
+}
+
+impl Row {
+    fn log<T>(&mut self, accepted: io::Result<T>) -> Option<T> {
+        let had_failed = std::mem::replace(&mut self.has_failed, accepted.is_err());
+        match &accepted {
+            Ok(_) if had_failed => tracing::info!("accepts connections again"),
+            Err(error) if !had_failed => {
+                tracing::error!(%error, "can't accept a connection, and tries again: {error}");
+            }
+            Ok(_) | Err(_) => {}
+        }
+        accepted.ok()
     }
 }
 
@@ -101,5 +146,56 @@ async fn serve_plainly(listener: UnixListener, service: Arc<TaskService>) {
     match server.start().await {
         Ok(()) => std::future::pending().await,
         Err(error) => tracing::error!(%error, "can't serve: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use tracing::{Event, Level, Subscriber};
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
+
+    use super::*;
+
+    /// The levels of what was logged.
+    #[derive(Clone, Default)]
+    struct Logged(Arc<Mutex<Vec<Level>>>);
+
+    impl<S: Subscriber> Layer<S> for Logged {
+        fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+            self.0.lock().unwrap().push(*event.metadata().level());
+        }
+    }
+
+    #[test]
+    fn the_first_error_of_a_row_and_its_end_are_logged() {
+        let (logged, mut row) = (Logged::default(), Row::default());
+        let results = [Ok(1), Err(()), Err(()), Err(()), Ok(2), Ok(3), Err(())];
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(logged.clone()), || {
+            let accepted = results.map(|result| row.log(result.map_err(|()| io::ErrorKind::Other.into())));
+            assert_eq!(accepted.into_iter().flatten().collect::<Vec<u8>>(), [1, 2, 3]);
+        });
+        assert_eq!(*logged.0.lock().unwrap(), [Level::ERROR, Level::INFO, Level::ERROR]);
+    }
+
+    #[test]
+    fn connections_are_served_whether_or_not_systemd_listens_on_their_socket() {
+        let connections =
+            || vec![(Socket::Of(3), 'a'), (Socket::Any, 'b'), (Socket::Of(3), 'c'), (Socket::Of(5), 'd')];
+        let without = [
+            (Socket::Any, None::<u8>, vec!['b']),
+            (Socket::Of(3), None, vec!['a', 'c']),
+            (Socket::Of(5), None, vec!['d']),
+        ];
+        assert_eq!(grouped(Vec::new(), connections()), without);
+        let listeners = vec![(Socket::Of(3), Some(7)), (Socket::Of(4), Some(8))];
+        let with = [
+            (Socket::Of(3), Some(7), vec!['a', 'c']),
+            (Socket::Of(4), Some(8), vec![]),
+            (Socket::Any, None, vec!['b']),
+            (Socket::Of(5), None, vec!['d']),
+        ];
+        assert_eq!(grouped(listeners, connections()), with);
     }
 }

@@ -6,16 +6,28 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::id::{Owner, TaskKey};
-use crate::services::{Entry, Error, Tasks};
+use crate::services::{Delivery, Entry, Error, Tasks};
 use crate::store::delete_replies::Deleted;
 use crate::{config, suspect};
 
 use super::Shim;
 use super::delete::kill_and_wait;
 use super::kill::end_all;
+
+/// How long a Delete waits for the bundle, to note the end of a Create.
+const NOTE_LIMIT: Duration = Duration::from_secs(1);
+
+/// How often the daemon looks whether something is left. Also the pause after the first attempt to remove it.
+const SHORTEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// Each pause between attempts is twice as long as the one before, up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
 
 impl Shim {
     /// Removes a task that containerd has given up, and kills its processes first. If this fails, or the daemon ends meanwhile,
@@ -50,12 +62,21 @@ impl Shim {
     ///
     /// # Errors
     /// Something is left, and the record does not say yet that the task is given up.
-    pub(super) async fn give_up_create(self: &Arc<Self>, entry: &Arc<Entry>) -> Result<bool, Error> {
-        if !entry.task().is_being_created() {
+    pub(super) async fn give_up_create(
+        self: &Arc<Self>,
+        entry: &Arc<Entry>,
+        delivery: Delivery,
+    ) -> Result<bool, Error> {
+        let end = Instant::now() + config::DELETE_LIMIT;
+        let is_under_way = entry.task().is_being_created();
+        // Before the record says it: otherwise the next daemon might remove the task, and then begin the Create once more. If this
+        // is a replay, the Create may be replayed, too, and after this.
+        if is_under_way || delivery == Delivery::Replayed {
+            self.note_end_of_create(entry).await;
+        }
+        if !is_under_way {
             return Ok(false);
         }
-        // Before the record says it: otherwise the next daemon might remove the task, and then begin the Create once more.
-        self.note_end_of_create(entry).await;
         let mut is_under_way = false;
         self.tasks.note(entry, |task| {
             is_under_way = task.is_being_created();
@@ -72,7 +93,7 @@ impl Shim {
         let (shim, left) = (self.clone(), entry.clone());
         let removing = suspect::inherit(async move { shim.try_to_remove_left(&left).await });
         // If the limit passes, the removal continues.
-        let _ = tokio::time::timeout(config::DELETE_LIMIT, tokio::spawn(removing)).await;
+        let _ = tokio::time::timeout_at(end, tokio::spawn(removing)).await;
         if self.tasks.is_live(entry) && entry.init.live().disk.is_unwritten {
             let (process, reason) = (entry.key.to_string(), "its record can't be written now".to_owned());
             return Err(Error::NotRemoved { process, reason });
@@ -80,11 +101,15 @@ impl Shim {
         Ok(true)
     }
 
-    /// Notes that no daemon carries out the Create of a task any more.
-    pub(super) async fn note_end_of_create(&self, entry: &Entry) {
+    /// Notes that no daemon carries out the Create of a task any more. Has a time limit: the bundle may be on a disk that does not
+    /// answer, and containerd does not wait for long.
+    async fn note_end_of_create(&self, entry: &Entry) {
         let (key, bundle) = (&entry.init.key, entry.task().request.bundle.clone());
         let given_up = Error::GivenUp { process: key.clone() };
-        self.note_failure_of_any_call(key, bundle, &given_up).await;
+        let noting = self.note_failure_of_any_call(key, bundle, &given_up);
+        if tokio::time::timeout(NOTE_LIMIT, noting).await.is_err() {
+            tracing::warn!(task = %entry.key, "task {}: its bundle does not answer in time, so if the daemon ends now, the Create that was given up is begun once more", entry.key);
+        }
     }
 
     /// Removes a task that is recorded as given up.
@@ -163,17 +188,35 @@ impl Shim {
     /// Background task: removes what failed Creates and tasks that containerd has given up have left, less and less often. Never
     /// returns.
     pub async fn remove_leftovers(self: Arc<Self>) {
-        const SHORTEST: Duration = Duration::from_secs(10);
-        const LONGEST: Duration = Duration::from_secs(300);
-        let mut pause = SHORTEST;
+        // One that hangs or can't be removed does not delay the others: each has its own attempts, one at a time.
+        let mut removing = FuturesUnordered::new();
+        let mut known: Vec<Arc<Entry>> = Vec::new();
+        let mut look = tokio::time::interval_at(Instant::now() + SHORTEST_PAUSE, SHORTEST_PAUSE);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::time::sleep(pause).await;
-            let all = self.tasks.registry.all();
-            // One that hangs does not delay the others.
-            let tried = all.iter().filter(|entry| is_left(entry)).map(|entry| self.try_to_remove_left(entry));
-            let removed = futures_util::future::join_all(tried).await;
-            pause = if removed.contains(&false) { LONGEST.min(pause * 2) } else { SHORTEST };
+            tokio::select! {
+                _ = look.tick() => {
+                    for entry in self.tasks.registry.all() {
+                        if is_left(&entry) && !known.iter().any(|other| Arc::ptr_eq(other, &entry)) {
+                            removing.push(self.remove_until_nothing_is_left(entry.clone()));
+                            known.push(entry);
+                        }
+                    }
+                }
+                Some(entry) = removing.next() => known.retain(|other| !Arc::ptr_eq(other, &entry)),
+            }
         }
+    }
+
+    /// Removes what is left of a task, and returns the entry then.
+    async fn remove_until_nothing_is_left(self: &Arc<Self>, entry: Arc<Entry>) -> Arc<Entry> {
+        let mut pause = SHORTEST_PAUSE;
+        // A Create with the same id may also remove it.
+        while self.tasks.is_live(&entry) && !self.try_to_remove_left(&entry).await {
+            tokio::time::sleep(pause).await;
+            pause = LONGEST_PAUSE.min(pause * 2);
+        }
+        entry
     }
 }
 

@@ -58,14 +58,10 @@ impl Shim {
         delivery: Delivery,
         gone: &CancellationToken,
     ) -> Result<Deleted, Error> {
-        if let Ok(entry) = self.tasks.entry(key) {
-            if delivery == Delivery::Replayed {
-                // The Create may be replayed, too, and after this.
-                self.note_end_of_create(&entry).await;
-            }
-            if self.give_up_create(&entry).await? {
-                return Err(Error::UnknownTask { key: key.clone() });
-            }
+        if let Ok(entry) = self.tasks.entry(key)
+            && self.give_up_create(&entry, delivery).await?
+        {
+            return Err(Error::UnknownTask { key: key.clone() });
         }
         let entry = self.tasks.created(key)?;
         self.delete_task(&entry, gone).await

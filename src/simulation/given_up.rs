@@ -1,6 +1,7 @@
 //! Tests of tasks that containerd has given up (`delete`, or a Delete during a Create). containerd does not ask again: the
 //! daemon removes them, whatever fails, and whenever the daemon ends.
 
+use std::fs;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -8,11 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::effects::{Failure, Plan};
-use crate::id::{Owner, TaskKey};
+use crate::config;
+use crate::effects::{Effects, Failure, Plan};
+use crate::id::{Owner, TaskId, TaskKey};
 use crate::ops::Shim;
-use crate::services::{Delivery, Error};
+use crate::services::{Delivery, Error, WaitsFor};
 use crate::store::Store;
+use crate::unit::name;
 
 use super::harness::{Step, World, waiting_client};
 use super::runtime::Starts;
@@ -219,6 +222,94 @@ fn a_task_that_is_given_up_is_removed_later_if_it_can_not_be_removed_at_once() {
         }
     }
     unreachable!("the removal has no end");
+}
+
+/// Makes a second task beside that of the world. Then `block` keeps the daemon from the removal of the first one for 20 minutes.
+fn removes_another_meanwhile<B: Future<Output = ()> + Send>(
+    name: &str,
+    block: impl FnOnce(Arc<Shim>, Arc<Effects>, TaskKey) -> B + Send + 'static,
+) {
+    let world = up(name, &UP[..1]);
+    let (effects, task, mut other) = (world.effects.clone(), world.task.clone(), world.create_call());
+    other.key.id = TaskId::new("other").unwrap();
+    let bundle = other.request.bundle.with_file_name("other-bundle");
+    fs::create_dir(&bundle).unwrap();
+    fs::copy(other.request.bundle.join("config.json"), bundle.join("config.json")).unwrap();
+    world.called_from(&bundle);
+    other.request.bundle = bundle;
+    let other_key = other.key.clone();
+    let left = world.live(move |shim| async move {
+        shim.create(other, Delivery::First).await.unwrap();
+        let give_up = |key: &TaskKey| {
+            let entry = shim.tasks.entry(key).unwrap();
+            shim.tasks.note(&entry, |task| {
+                task.give_up();
+                Ok(Vec::new())
+            })
+        };
+        tokio::spawn(shim.clone().remove_leftovers());
+        give_up(&task).unwrap();
+        let is_there = |key: &TaskKey| shim.tasks.entry(key).is_ok();
+        let meanwhile = async {
+            tokio::time::sleep(Duration::from_secs(1200)).await;
+            assert!(is_there(&task));
+            give_up(&other_key).unwrap();
+            tokio::time::sleep(Duration::from_secs(15)).await;
+            is_there(&other_key)
+        };
+        tokio::select! {
+            () = block(shim.clone(), effects.clone(), task.clone()) => unreachable!("blocks for ever"),
+            is_left = meanwhile => {
+                effects.plan(Plan::Undisturbed);
+                tokio::time::sleep(Duration::from_secs(300)).await;
+                (is_left, is_there(&task))
+            }
+        }
+    });
+    assert_eq!(left, Some((false, false)), "(the other one after 15 s, the first one after 300 s)");
+}
+
+#[test]
+fn a_task_that_can_not_be_removed_does_not_delay_the_removal_of_another() {
+    removes_another_meanwhile("left-fails", |_, effects, task| async move {
+        let stop: &str = format!("stop {}", name::candidates(&task).next().unwrap()).leak();
+        loop {
+            effects.plan(Plan::Refuse(stop));
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    });
+    removes_another_meanwhile("left-hangs", |shim, _, task| async move {
+        let entry = shim.tasks.entry(&task).unwrap();
+        let _verb = entry.init.verb.lock().await;
+        std::future::pending().await
+    });
+}
+
+#[test]
+fn a_create_is_recorded_as_given_up_in_time_while_its_disk_does_not_answer() {
+    let world = World::new("deleted-no-disk");
+    let (node, init) = (world.parts(), world.init());
+    let state = world.state_dir();
+    let task = world.task.clone();
+    let recorded = world.live(move |shim| async move {
+        let mut create = Box::pin(Step::Create.take(node(shim.clone()), Delivery::First));
+        assert!(until_registered(&shim, &init.task, create.as_mut()).await.is_none());
+        let turns = WaitsFor::Disk.all_turns(&init.task).await;
+        let begun = tokio::time::Instant::now();
+        let delete = async {
+            let deleted = shim.delete(&init, Delivery::Replayed, waiting_client()).await;
+            let recorded = Store::new(state).load(&task).unwrap().map(|found| found.task.given_up);
+            drop(turns);
+            (deleted, recorded, begun.elapsed())
+        };
+        tokio::join!(delete, create).0
+    });
+    let (deleted, recorded, elapsed) = recorded.unwrap();
+    assert!(matches!(deleted, Err(Error::UnknownTask { .. })), "{deleted:?}");
+    assert!(elapsed <= config::DELETE_LIMIT, "it took {elapsed:?}");
+    // `None` if nothing is left already.
+    assert_ne!(recorded, Some(false));
+    assert_eq!(world.remains(), Vec::<String>::new());
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::shim;
 use crate::common::spec::Spec;
-use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
+use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET, Masked};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 
@@ -101,6 +101,44 @@ fn daemon_and_socket_may_be_stopped_and_started_again() {
     // This calls `start`, as containerd does for the next container. If the units are not installed, nothing else
     // starts the daemon.
     shim::socket();
+    assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
+    container.kill(SIGKILL).expect("kill");
+    assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
+}
+
+/// While this exists, systemd does not listen for the daemon, and a new daemon gets no socket.
+struct WithoutSocket(Option<Masked>);
+
+impl WithoutSocket {
+    fn new() -> WithoutSocket {
+        // First: the file of a transient socket hides the mask.
+        process::succeed("systemctl", &["stop", DAEMON_SOCKET]);
+        WithoutSocket(Some(Masked::new(DAEMON_SOCKET)))
+    }
+}
+
+impl Drop for WithoutSocket {
+    fn drop(&mut self) {
+        drop(self.0.take());
+        // systemd refuses to start a socket whose service is active.
+        process::run("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
+        // If this fails, the next test fails.
+        shim::start(&shim::Bundle::new("socket"), "socket", &[], &[]);
+    }
+}
+
+#[test]
+fn a_daemon_without_its_socket_serves_the_connections_of_earlier_daemons() {
+    needs!(OurShim, PreservedStore);
+    let node = Node::exclusive();
+    let container = sleeping(&node);
+    let (pid, waiting) = (container.pid(), container.waiting());
+    let without = WithoutSocket::new();
+    daemon::killed();
+    assert_ne!(systemd::property(DAEMON_SOCKET, "ActiveState"), "active");
+    assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
+    assert_eq!(container.exec_sh("exit 5").exit_status(), 5);
+    drop(without);
     assert_eq!((container.pid(), container.phase()), (pid, Status::Running));
     container.kill(SIGKILL).expect("kill");
     assert_eq!(waiting.exit().expect("a Wait from before").status, 137);
