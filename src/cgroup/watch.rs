@@ -87,11 +87,13 @@ struct Changes<K> {
     all: Vec<(Option<K>, Change)>,
     /// The files that they are about.
     seen: HashSet<WatchDescriptor>,
+    /// True if inotify had no more.
+    is_complete: bool,
 }
 
 impl<K> Default for Changes<K> {
     fn default() -> Self {
-        Self { all: Vec::new(), seen: HashSet::new() }
+        Self { all: Vec::new(), seen: HashSet::new(), is_complete: false }
     }
 }
 
@@ -198,8 +200,8 @@ impl<K: Clone> Watch<K> {
         };
         loop {
             let mut ready = source.ready.readable().await?;
-            let (changes, has_more) = self.read(source)?;
-            if !has_more {
+            let Changes { all: changes, is_complete, .. } = self.read(source)?;
+            if is_complete {
                 ready.clear_ready();
             }
             if !changes.is_empty() {
@@ -213,22 +215,25 @@ impl<K: Clone> Watch<K> {
     /// # Errors
     /// As [`Self::next`].
     pub fn pending(&self) -> io::Result<Vec<(Option<K>, Change)>> {
-        self.source.get().map_or(Ok(Vec::new()), |source| Ok(self.read(source)?.0))
+        self.source.get().map_or(Ok(Vec::new()), |source| Ok(self.read(source)?.all))
     }
 
-    /// The changes that were not reported yet, each once, and whether inotify may have more.
-    fn read(&self, source: &Source) -> io::Result<(Vec<(Option<K>, Change)>, bool)> {
+    /// The changes that were not reported yet, each once.
+    fn read(&self, source: &Source) -> io::Result<Changes<K>> {
         let mut changes = Changes::default();
         for _ in 0..MOST_READS {
             match source.inotify.read_events() {
                 Ok(events) => self.translate(events, &mut changes),
-                Err(Errno::EAGAIN) => return Ok((changes.all, false)),
+                Err(Errno::EAGAIN) => {
+                    changes.is_complete = true;
+                    break;
+                }
                 // The next read fails, too. What was read is not lost.
-                Err(_) if !changes.all.is_empty() => return Ok((changes.all, true)),
+                Err(_) if !changes.all.is_empty() => break,
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok((changes.all, true))
+        Ok(changes)
     }
 
     fn translate(&self, events: Vec<InotifyEvent>, changes: &mut Changes<K>) {
