@@ -1,5 +1,8 @@
 //! A daemon that was stopped, or that hangs, is started again, and nothing is lost.
 
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +14,7 @@ use crate::common::container::Container;
 use crate::common::node::Node;
 use crate::common::shim;
 use crate::common::spec::Spec;
-use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET, Masked};
+use crate::common::systemd::{self, DAEMON_SERVICE, DAEMON_SOCKET};
 use crate::common::task::{Io, SIGKILL};
 use crate::common::{daemon, process, wait};
 
@@ -107,19 +110,26 @@ fn daemon_and_socket_may_be_stopped_and_started_again() {
 }
 
 /// While this exists, systemd does not listen for the daemon, and a new daemon gets no socket.
-struct WithoutSocket(Option<Masked>);
+struct WithoutSocket(PathBuf);
 
 impl WithoutSocket {
     fn new() -> WithoutSocket {
-        // First: the file of a transient socket hides the mask.
+        // Of all directories for unit files, the only one that hides the file of a transient unit.
+        let directory = Path::new("/run/systemd/system.control");
+        fs::create_dir_all(directory).expect("make a directory for unit files");
+        let mask = directory.join(DAEMON_SOCKET);
+        symlink("/dev/null", &mask).expect("mask the socket");
+        let without = WithoutSocket(mask);
+        process::succeed("systemctl", &["daemon-reload"]);
         process::succeed("systemctl", &["stop", DAEMON_SOCKET]);
-        WithoutSocket(Some(Masked::new(DAEMON_SOCKET)))
+        without
     }
 }
 
 impl Drop for WithoutSocket {
     fn drop(&mut self) {
-        drop(self.0.take());
+        let _ = fs::remove_file(&self.0);
+        process::run("systemctl", &["daemon-reload"]);
         // systemd refuses to start a socket whose service is active.
         process::run("systemctl", &["stop", DAEMON_SOCKET, DAEMON_SERVICE]);
         // If this fails, the next test fails.
