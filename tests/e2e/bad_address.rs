@@ -26,7 +26,7 @@ fn as_a_process_with_a_bad_address() {
             let written = unsafe { libc::write(stream, std::ptr::without_provenance(1), 10) };
             assert_eq!(written, -1);
         }
-        std::thread::sleep(Duration::from_millis(5));
+        wait::elapse(Duration::from_millis(5));
         println!("line {number}");
         eprintln!("line {number}");
     }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::libc;
@@ -84,9 +83,9 @@ fn a_flood_with_pauses_is_ended_too() {
         while !has_ended() {
             assert!(begun.elapsed() < Duration::from_secs(100), "the process floods systemd still");
             let silent = Silent::new();
-            thread::sleep(Duration::from_millis(2500));
+            wait::elapse(Duration::from_millis(2500));
             drop(silent);
-            thread::sleep(Duration::from_millis(300));
+            wait::elapse(Duration::from_millis(300));
         }
     });
 }
