@@ -26,6 +26,9 @@ pub(super) const PIECE: usize = 4096;
 /// pipe as readable, and tee(2) returns 0, as at the end.
 pub(super) const ONLY_EMPTY: Errno = Errno::ENODATA;
 
+/// The size of a pipe with as many buffers as a user without privileges can give a pipe (`pipe-max-size`, pipe(7)).
+const MOST_BUFFERS: i32 = 1 << 20;
+
 /// A pipe of the daemon with both ends in non-blocking mode.
 #[derive(Debug)]
 pub struct PipePair {
@@ -61,19 +64,34 @@ impl Scratch {
     /// Copies up to `most` bytes of a pipe to the buffer. Returns the length: 0 at the end of the pipe, EAGAIN if it is empty,
     /// [`ONLY_EMPTY`] if nothing can be read until somebody writes or closes.
     pub(super) fn look(&mut self, from: &AsyncFd<OwnedFd>, most: usize) -> Result<usize, Errno> {
-        let length = tee(from, &self.copied, most.min(self.buffer.len()), NO_WAIT)?;
-        // A pipe whose writers were gone before it was opened has no buffers, and nothing else shows that it has no writer.
-        let is_only_empty = || Ok(found(from, PollFlags::POLLIN)? && has_writer(from)?);
-        if length == 0 && is_only_empty().map_err(|_: io::Error| Errno::EIO)? {
+        let most = most.min(self.buffer.len());
+        let mut has_grown = false;
+        let length = loop {
+            let length = tee(from, &self.copied, most, NO_WAIT)?;
+            // A pipe whose writers were gone before it was opened has no buffers, and nothing else shows that it has no writer.
+            let is_only_empty = || Ok(found(from, PollFlags::POLLIN)? && has_writer(from)?);
+            if length > 0 || !is_only_empty().map_err(|_: io::Error| Errno::EIO)? {
+                break length;
+            }
             // The copies of empty buffers take up room, and read(2) removes them.
             let _ = nix::unistd::read(&self.copy, &mut [0]);
-            return Err(ONLY_EMPTY);
-        }
+            // More empty buffers than this pipe has room for may be in front of bytes.
+            if has_grown || length_in(from) == 0 || !self.has_the_size_of(from) {
+                return Err(ONLY_EMPTY);
+            }
+            has_grown = true;
+        };
         let mut filled = 0;
         while filled < length {
             filled += nix::unistd::read(&self.copy, &mut self.buffer[filled..length])?;
         }
         Ok(length)
+    }
+
+    /// Gives the pipe as many buffers as another one has, up to [`MOST_BUFFERS`].
+    fn has_the_size_of(&self, other: &impl AsFd) -> bool {
+        let size = fcntl(other, FcntlArg::F_GETPIPE_SZ);
+        size.is_ok_and(|size| fcntl(&self.copied, FcntlArg::F_SETPIPE_SZ(size.min(MOST_BUFFERS))).is_ok())
     }
 }
 

@@ -32,6 +32,9 @@ const LINE_WAIT: Duration = Duration::from_secs(1);
 /// The limit if a client waits for the output, such as a prompt.
 const PROMPT_WAIT: Duration = Duration::from_millis(10);
 
+/// The pause after a look at a pipe that found only empty buffers, although the pipe has bytes.
+const EMPTY_PAUSE: Duration = Duration::from_millis(10);
+
 /// How long the journal's copy may take after everything has reached the client. Delete waits for it, and journald may be
 /// slow. What is left then is counted as missing.
 const LATE: Duration = Duration::from_secs(3);
@@ -258,6 +261,11 @@ impl<'a> End<'a> {
     /// Waits until a pipe has room, or the output is complete. The pipe grows once the process has ended: a client that reads
     /// late gets the rest of the output, and Delete does not wait for the client.
     async fn room_in(&mut self, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
+        if length_in(to) == 0 {
+            // Empty buffers of the source may fill it, and nobody wakes its client for them. A read removes them, and the pump,
+            // which has the FIFO open for both, is its only writer.
+            let _ = nix::unistd::read(to, &mut [0]);
+        }
         if !self.is_over {
             tokio::select! {
                 found = room_in(to) => return found,
@@ -462,8 +470,10 @@ async fn changed(from: &AsyncFd<OwnedFd>) -> io::Result<()> {
     // What happens after this look is an event that `clear_ready` does not clear.
     if length_in(from) == 0 && has_writer(from)? {
         ready.clear_ready();
-        from.readable().await.map(drop)?;
+        return from.readable().await.map(drop);
     }
+    // If the bytes are behind too many empty buffers, the next look finds nothing, either.
+    tokio::time::sleep(EMPTY_PAUSE).await;
     Ok(())
 }
 
