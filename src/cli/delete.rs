@@ -244,10 +244,8 @@ fn without_daemon(store: &Store, task: &Task) -> Result<(), Failure> {
 fn units_of_execs(store: &Store, task: &Task) -> Vec<OwnUnit> {
     let units = task.execs.iter().flat_map(|(id, exec)| {
         let key = ProcessKey { task: task.key.clone(), exec: Some(id.clone()) };
-        let has_run = exec.pid().is_some();
-        let logger = exec.logger.clone().map(|unit| OwnUnit::of_logger(key.clone(), unit, has_run));
-        let dir = store.process_dir(&key);
-        [Some(OwnUnit::of(key, exec.unit.clone(), dir, has_run)), logger]
+        let (dir, logger) = (store.process_dir(&key), OwnUnit::recorded_logger(key.clone(), exec));
+        [Some(OwnUnit::recorded(key, exec, dir)), logger]
     });
     units.flatten().collect()
 }

@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use crate::id::{ProcessKey, UnitName};
 use crate::launch::contract::{self, LAUNCHED, UnitKind};
+use crate::task::lifecycle::Lifecycle;
+use crate::task::process::Process;
 use crate::unit;
 use crate::unit::systemd::Systemd;
 
 /// A name of a unit for which the daemon asks, or has asked: that of a process, or that of the logger of a process.
 ///
-/// While systemd refuses the request or has not got it, another unit may have the name.
+/// If systemd refuses the request, or has not received it yet, another unit may have the name.
 #[derive(Debug)]
 pub struct OwnUnit {
     name: UnitName,
@@ -35,6 +37,17 @@ impl OwnUnit {
         let kind = if process.exec.is_some() { UnitKind::Exec } else { UnitKind::Container };
         let evidence = if has_run { Evidence::Process } else { Evidence::Launched(dir.join(LAUNCHED)) };
         Self { name, kind, process, evidence }
+    }
+
+    /// The unit of a process in a record.
+    pub fn recorded(key: ProcessKey, process: &Process<impl Lifecycle + ?Sized>, dir: PathBuf) -> Self {
+        Self::of(key, process.unit.clone(), dir, process.pid().is_some())
+    }
+
+    /// The unit of the logger of a process in a record. `None` if the process has no logger.
+    pub fn recorded_logger(key: ProcessKey, process: &Process<impl Lifecycle + ?Sized>) -> Option<Self> {
+        let logger = process.logger.clone()?;
+        Some(Self::of_logger(key, logger, process.pid().is_some()))
     }
 
     /// The unit of the logger of a process. `has_run`: as for [`Self::of`].

@@ -70,11 +70,9 @@ pub fn make(path: &Path) -> Result<(), Error> {
 /// # Errors
 /// [`Error::NoReader`] after `limit`, [`Error::Interrupted`], or the FIFO can't be opened.
 pub fn open_output(path: &Path, limit: Duration, interrupt: &Interrupt) -> Result<File, Error> {
-    let waits = OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
-    let writer = match waits {
-        Ok(writer) => writer,
-        Err(e) if e.raw_os_error() == Some(Errno::ENXIO as i32) => wait_for_reader(path, limit, interrupt)?,
-        Err(e) => return Err(io_error("open", path)(e).into()),
+    let writer = match open_to_reader(path)? {
+        Some(writer) => writer,
+        None => wait_for_reader(path, limit, interrupt)?,
     };
     let both = open_both(path)?;
     drop(writer);
@@ -95,12 +93,17 @@ pub fn open_both(path: &Path) -> Result<File, Error> {
 /// # Errors
 /// [`Error::Io`]
 pub fn open_writer(path: &Path) -> Result<File, Error> {
+    match open_to_reader(path)? {
+        Some(writer) => with_mode(writer, OFlag::empty(), path),
+        None => open_both(path),
+    }
+}
+
+/// Opens a FIFO for writing only, in non-blocking mode. `None` if nobody has it open for reading.
+fn open_to_reader(path: &Path) -> Result<Option<File>, Error> {
     match OpenOptions::new().write(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path) {
-        Ok(writer) => {
-            fcntl(&writer, FcntlArg::F_SETFL(OFlag::empty())).map_err(io_error("set the mode of", path))?;
-            Ok(writer)
-        }
-        Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => open_both(path),
+        Ok(writer) => Ok(Some(writer)),
+        Err(error) if error.raw_os_error() == Some(Errno::ENXIO as i32) => Ok(None),
         Err(error) => Err(io_error("open", path)(error).into()),
     }
 }
@@ -110,7 +113,7 @@ pub fn open_writer(path: &Path) -> Result<File, Error> {
 /// # Errors
 /// [`Error::Io`]
 pub fn open_both_nonblocking(path: &Path) -> Result<File, Error> {
-    set_nonblocking(open_both(path)?, path)
+    with_mode(open_both(path)?, OFlag::O_NONBLOCK, path)
 }
 
 /// As [`open_output`], with non-blocking writes.
@@ -118,11 +121,12 @@ pub fn open_both_nonblocking(path: &Path) -> Result<File, Error> {
 /// # Errors
 /// As [`open_output`].
 pub fn open_output_nonblocking(path: &Path, limit: Duration, interrupt: &Interrupt) -> Result<File, Error> {
-    set_nonblocking(open_output(path, limit, interrupt)?, path)
+    with_mode(open_output(path, limit, interrupt)?, OFlag::O_NONBLOCK, path)
 }
 
-fn set_nonblocking(file: File, path: &Path) -> Result<File, Error> {
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(io_error("set the mode of", path))?;
+/// Sets whether reads and writes wait: [`OFlag::O_NONBLOCK`], or nothing.
+fn with_mode(file: File, mode: OFlag, path: &Path) -> Result<File, Error> {
+    fcntl(&file, FcntlArg::F_SETFL(mode)).map_err(io_error("set the mode of", path))?;
     Ok(file)
 }
 
@@ -140,9 +144,7 @@ pub fn open_reader(path: &Path) -> Result<File, Error> {
 /// # Errors
 /// [`Error::Io`]
 pub fn open_blocking_reader(path: &Path) -> Result<File, Error> {
-    let file = open_reader(path)?;
-    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).map_err(io_error("set the mode of", path))?;
-    Ok(file)
+    with_mode(open_reader(path)?, OFlag::empty(), path)
 }
 
 /// Waits for the first reader, and opens the writing end.

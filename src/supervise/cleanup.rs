@@ -373,8 +373,5 @@ fn kill_leftover(entry: &Entry, dir: &Path) {
 
 /// The unit of the logger of a process, if the process has one.
 fn logger_of(entry: &Entry, process: &Process) -> Option<OwnUnit> {
-    let task = entry.task();
-    let recorded = task.process(process.exec())?;
-    let has_run = recorded.pid().is_some();
-    recorded.logger.clone().map(|logger| OwnUnit::of_logger(process.key.clone(), logger, has_run))
+    OwnUnit::recorded_logger(process.key.clone(), entry.task().process(process.exec())?)
 }

@@ -156,8 +156,7 @@ impl Removal<'_> {
 
     /// The unit of the init process.
     fn unit(&self) -> OwnUnit {
-        let (task, dir) = (self.task, self.dir.to_owned());
-        OwnUnit::of(task.key.init(), task.unit().clone(), dir, task.init.pid().is_some())
+        OwnUnit::recorded(self.task.key.init(), &self.task.init, self.dir.to_owned())
     }
 
     /// True if the OCI runtime has state of this container.
@@ -198,13 +197,8 @@ impl Removal<'_> {
 
     /// Removes the unit of the logger of the init process.
     pub(super) async fn of_logger(&self) -> Troubles {
-        let init = &self.task.init;
-        match &init.logger {
-            Some(logger) => {
-                let key = self.task.key.init();
-                let logger = OwnUnit::of_logger(key, logger.clone(), init.pid().is_some());
-                remove_unit(self.manager, &logger, self.stop).await
-            }
+        match OwnUnit::recorded_logger(self.task.key.init(), &self.task.init) {
+            Some(logger) => remove_unit(self.manager, &logger, self.stop).await,
             None => Troubles::default(),
         }
     }

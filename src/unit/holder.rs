@@ -81,12 +81,19 @@ impl Holder {
     /// # Errors
     /// The holder can't be read, or the process has no room for the descriptors (`EMFILE`).
     pub fn contents(&self) -> Result<Vec<(String, OwnedFd)>, Errno> {
+        let labelled =
+            |(label, fds): (String, Vec<OwnedFd>)| fds.into_iter().map(move |fd| (label.clone(), fd));
+        Ok(self.messages()?.into_iter().flat_map(labelled).collect())
+    }
+
+    /// Copies of the messages in the holder: labels and descriptors.
+    fn messages(&self) -> Result<Vec<(String, Vec<OwnedFd>)>, Errno> {
         // Each peek continues where the previous peek ended.
         sys::count_peeked(&self.0)?;
         let mut found = Vec::new();
         loop {
             match sys::peek_fds(&self.0) {
-                Ok((label, fds)) => found.extend(fds.into_iter().map(|fd| (label.clone(), fd))),
+                Ok(message) => found.push(message),
                 Err(Errno::EAGAIN) => return Ok(found),
                 Err(errno) => return Err(errno),
             }
@@ -107,15 +114,7 @@ impl Holder {
     /// # Errors
     /// As [`Self::contents`]. All descriptors are still in the holder then.
     pub fn retain(&self, is_kept: impl Fn(&OwnedFd) -> bool) -> Result<(), Errno> {
-        sys::count_peeked(&self.0)?;
-        let mut earlier = Vec::new();
-        loop {
-            match sys::peek_fds(&self.0) {
-                Ok(message) => earlier.push(message),
-                Err(Errno::EAGAIN) => break,
-                Err(errno) => return Err(errno),
-            }
-        }
+        let earlier = self.messages()?;
         for (label, fds) in &earlier {
             let kept: Vec<_> = fds.iter().filter(|fd| is_kept(fd)).map(AsFd::as_fd).collect();
             if !kept.is_empty() {

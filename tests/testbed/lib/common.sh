@@ -29,6 +29,11 @@ logged() { # FILE FUNCTION ARGUMENT…
 
 need_root() { [ "$(id -u)" = 0 ] || die "must run as root (mounts, cgroups, namespaces)"; }
 
+# The time limit of a suite in seconds, which ends a test that hangs. A whole suite in an emulated guest takes hours.
+time_limit() { # LANE USUAL [FILTER…]
+    if [ "$1" = vm ] && [ $# = 2 ]; then echo 36000; else echo "$2"; fi
+}
+
 # Sources the functions of the image or of a lane.
 use() { # shellcheck source=/dev/null
     source "$testbed_dir/lib/$1.sh"; }
