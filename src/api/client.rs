@@ -25,8 +25,8 @@ pub enum Error {
     Refused(ttrpc::Status),
 }
 
-/// Asks the daemon to remove what is left of a task. systemd starts the daemon if it does not run. Waits as long as there are
-/// connections, but no answer: the caller has a limit.
+/// Asks the daemon to remove what is left of a task. systemd starts the daemon if it does not run. Tries again after
+/// each connection that ends without an answer: the caller has a limit.
 ///
 /// # Errors
 /// The daemon can't be reached, or can't remove the task.
@@ -46,8 +46,8 @@ async fn clean_up_at(socket: &str, key: &TaskKey) -> Result<DeleteResponse, Erro
         match TaskClient::new(client).delete(metadata, &request).await {
             Ok(response) => return Ok(response),
             Err(ttrpc::Error::RpcStatus(status)) => return Err(Error::Refused(status)),
-            // A daemon that has no room for a connection closes it, and so does systemd if the daemon can't be started. systemd
-            // then listens no more.
+            // A daemon that has no room for a connection closes it. If systemd can't start the daemon, it closes the connection and
+            // stops listening, so the next connect fails.
             Err(_) => sleep(PAUSE).await,
         }
     }

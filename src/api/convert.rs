@@ -160,7 +160,7 @@ pub fn create(namespace: Namespace, request: CreateTaskRequest) -> Result<Create
             rootfs: request.rootfs.into_iter().map(mount).collect(),
             sandbox: None,
             checkpoint: (!request.checkpoint.is_empty()).then(|| request.checkpoint.into()),
-            // The request does not say it.
+            // Only the caller knows the socket of the request.
             has_lease: None,
         },
         stdio: Stdio {

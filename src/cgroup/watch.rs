@@ -85,7 +85,7 @@ const MOST_READS: usize = 64;
 /// The changes that were read.
 struct Changes<K> {
     all: Vec<(Option<K>, Change)>,
-    /// The files that they are about.
+    /// The files that have changed.
     seen: HashSet<WatchDescriptor>,
     /// True if inotify had no more.
     is_complete: bool,
@@ -319,7 +319,7 @@ mod tests {
         fake::remove(cgroup);
     }
 
-    /// Queues `count` events that nobody wants: equal events in a row would be one. Two files of one cgroup, in turn.
+    /// Queues `count` events that nobody wants, of two files in turn: the kernel makes one of consecutive events that are equal.
     fn make_unwanted_events(cgroup: &Path, count: usize) {
         for number in 0..count {
             let _ = std::fs::write(dir(cgroup).join(["one", "two"][number % 2]), "1");

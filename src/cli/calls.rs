@@ -106,28 +106,29 @@ impl Calls {
 
 async fn accept(new: impl Stream<Item = io::Result<Durable>>, calls: Arc<dyn Dispatch>, tasks: &Tasks) {
     let mut new = std::pin::pin!(new);
-    let mut row = Row::default();
+    let mut failures = Failures::default();
     while let Some(accepted) = new.next().await {
-        if let Some(connection) = row.log(accepted) {
+        if let Some(connection) = failures.log(accepted) {
             tasks.publishing.note_sign();
             tokio::spawn(Box::new(connection).serve(calls.clone()));
         }
     }
 }
 
-/// Logs the first error of a row, and its end: an error that lasts comes back with every attempt, many times a second.
+/// Logs the first of consecutive errors, and that they are over: an error that lasts comes back with every attempt, many times a
+/// second.
 #[derive(Default)]
-struct Row {
+struct Failures {
     has_failed: bool,
 }
 
-impl Row {
+impl Failures {
     fn log<T>(&mut self, accepted: io::Result<T>) -> Option<T> {
         let had_failed = std::mem::replace(&mut self.has_failed, accepted.is_err());
         match &accepted {
-            Ok(_) if had_failed => tracing::info!("accepts connections again"),
+            Ok(_) if had_failed => tracing::info!("connections are accepted again"),
             Err(error) if !had_failed => {
-                tracing::error!(%error, "can't accept a connection, and tries again: {error}");
+                tracing::error!(%error, "can't accept a connection, trying again: {error}");
             }
             Ok(_) | Err(_) => {}
         }
@@ -169,11 +170,12 @@ mod tests {
     }
 
     #[test]
-    fn the_first_error_of_a_row_and_its_end_are_logged() {
-        let (logged, mut row) = (Logged::default(), Row::default());
+    fn the_first_of_consecutive_errors_and_their_end_are_logged() {
+        let (logged, mut failures) = (Logged::default(), Failures::default());
         let results = [Ok(1), Err(()), Err(()), Err(()), Ok(2), Ok(3), Err(())];
         tracing::subscriber::with_default(tracing_subscriber::registry().with(logged.clone()), || {
-            let accepted = results.map(|result| row.log(result.map_err(|()| io::ErrorKind::Other.into())));
+            let accepted =
+                results.map(|result| failures.log(result.map_err(|()| io::ErrorKind::Other.into())));
             assert_eq!(accepted.into_iter().flatten().collect::<Vec<u8>>(), [1, 2, 3]);
         });
         assert_eq!(*logged.0.lock().unwrap(), [Level::ERROR, Level::INFO, Level::ERROR]);

@@ -62,7 +62,7 @@ fn open_pipes(process: &Process<'_>) -> Result<Vec<OwnedFd>, Error> {
 fn has_ended(pipe: &File) -> Result<bool, Error> {
     let (_reader, writer) = nix::unistd::pipe().map_err(system("make a pipe"))?;
     match tee(pipe, &writer, 1, SpliceFFlags::SPLICE_F_NONBLOCK) {
-        // It may have buffers without bytes, which the logger skips.
+        // The pipe may have buffers without bytes, which the logger skips.
         Ok(0) => found(pipe, PollFlags::POLLIN)
             .map(|has_buffers| !has_buffers)
             .map_err(|source| Error::System { action: "inspect a pipe", source }),

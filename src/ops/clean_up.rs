@@ -188,7 +188,7 @@ impl Shim {
     /// Background task: removes what failed Creates and tasks that containerd has given up have left, less and less often. Never
     /// returns.
     pub async fn remove_leftovers(self: Arc<Self>) {
-        // One that hangs or can't be removed does not delay the others: each has its own attempts, one at a time.
+        // A task that hangs or can't be removed does not delay the others: each has its own attempts, one at a time.
         let mut removing = FuturesUnordered::new();
         let mut known: Vec<Arc<Entry>> = Vec::new();
         let mut look = tokio::time::interval_at(Instant::now() + SHORTEST_PAUSE, SHORTEST_PAUSE);

@@ -51,7 +51,7 @@ impl Shim {
     }
 
     /// Removes a task that has been created. A client that deletes a task during its Create has given up that Create, and
-    /// containerd does not ask again: the client is told that there is no such task, and the daemon sees to it.
+    /// containerd does not ask again: the daemon removes the task, and the client gets the answer that there is no such task.
     async fn delete_init(
         self: &Arc<Self>,
         key: &TaskKey,

@@ -27,8 +27,8 @@ const MOST_SPEC_BYTES: u64 = 32 << 20;
 /// The largest number of entries that the streams of a container's execs have in the descriptor store.
 const MOST_ENTRIES: usize = STORE_LIMIT as usize / 4;
 
-/// The largest number of pieces of work on a container's streams that wait for each other. Each keeps a few descriptors open. The
-/// execs that are not deleted have fewer: each piece has an entry in the store.
+/// The largest number of pieces of work on a container's streams that wait for their turn. Each keeps a few descriptors open. The
+/// execs that are not deleted have fewer pieces: each piece has an entry in the store.
 const MOST_WAITING: usize = MOST_ENTRIES;
 
 /// A container has as many execs as one container may have.

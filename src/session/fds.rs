@@ -163,7 +163,7 @@ impl StreamFds {
             } else if let Some(number) = number_in(&name) {
                 tracing::warn!(
                     name,
-                    "descriptor store: {name} stays for a newer version, whose process needs it"
+                    "descriptor store: {name} stays, a process of a newer version needs the descriptor"
                 );
                 next.fetch_max(number + 1, Ordering::Relaxed);
             } else {
@@ -324,10 +324,24 @@ fn access(fd: &impl AsFd) -> OFlag {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::unit::fd_store::testing::Systemd;
+
+    /// What an earlier daemon has put into the store under these names.
+    fn of_an_earlier_daemon(names: &[&str]) -> (Systemd, StreamFds) {
+        let (systemd, notifier) = Systemd::new();
+        let (store, _) = FdStore::with(notifier, 1000, Vec::new());
+        let (file, mut kept) = (std::fs::File::open("/dev/null").unwrap(), Vec::new());
+        for name in names {
+            store.keep(name, &[file.as_fd()]).unwrap();
+        }
+        systemd.read(&mut kept);
+        let (systemd, notifier) = Systemd::new();
+        let (store, found) = FdStore::with(notifier, 1000, kept);
+        (systemd, StreamFds::new(Arc::new(store), found))
+    }
 
     #[test]
     fn the_entries_of_a_process_are_counted() {
-        use crate::unit::fd_store::testing::Systemd;
         let (_systemd, notifier) = Systemd::new();
         let (store, _) = FdStore::with(notifier, 1000, Vec::new());
         let fds = StreamFds::new(Arc::new(store), Vec::new());
@@ -347,18 +361,8 @@ mod tests {
 
     #[test]
     fn what_may_belong_to_an_unmanaged_process_stays_in_the_store() {
-        use crate::unit::fd_store::testing::Systemd;
         for has_unmanaged in [false, true] {
-            let (systemd, notifier) = Systemd::new();
-            let (store, _) = FdStore::with(notifier, 1000, Vec::new());
-            let (file, mut kept) = (std::fs::File::open("/dev/null").unwrap(), Vec::new());
-            for name in ["t7", "o7", "o8"] {
-                store.keep(name, &[file.as_fd()]).unwrap();
-            }
-            systemd.read(&mut kept);
-            let (_systemd, notifier) = Systemd::new();
-            let (store, found) = FdStore::with(notifier, 1000, kept);
-            let fds = StreamFds::new(Arc::new(store), found);
+            let (_systemd, fds) = of_an_earlier_daemon(&["t7", "o7", "o8"]);
             assert!(!fds.claim(StreamKind::Output, 8).is_empty());
             fds.end_claims(has_unmanaged);
             assert_eq!(fds.count_of(7), if has_unmanaged { 2 } else { 0 });
@@ -370,17 +374,7 @@ mod tests {
 
     #[test]
     fn a_stream_of_a_newer_version_stays_in_the_store_and_nobody_gets_its_number() {
-        use crate::unit::fd_store::testing::Systemd;
-        let (systemd, notifier) = Systemd::new();
-        let (store, _) = FdStore::with(notifier, 1000, Vec::new());
-        let (file, mut kept) = (std::fs::File::open("/dev/null").unwrap(), Vec::new());
-        for name in ["z7", "unknown"] {
-            store.keep(name, &[file.as_fd()]).unwrap();
-        }
-        systemd.read(&mut kept);
-        let (_systemd, notifier) = Systemd::new();
-        let (store, found) = FdStore::with(notifier, 1000, kept);
-        let fds = StreamFds::new(Arc::new(store), found);
+        let (_systemd, fds) = of_an_earlier_daemon(&["z7", "unknown"]);
         fds.end_claims(false);
         assert_eq!((fds.store.count_of("z7"), fds.count(), fds.next_number()), (1, 1, 8));
     }

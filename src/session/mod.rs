@@ -75,8 +75,7 @@ pub struct Session {
 
 impl Session {
     /// Starts copying, except to a terminal ([`Self::start_input`]). The process has its ends of the streams, and the terminal, if it
-    /// has one, has been received.
-    /// `ended` makes futures that resolve when the process has ended.
+    /// has one, has been received. `ended` makes futures that resolve when the process has ended.
     ///
     /// # Errors
     /// The terminal can't be used.
@@ -124,7 +123,7 @@ impl Session {
                 (From::Terminal, Some(terminal)) => Source::Terminal(terminal.clone()),
                 (From::Bridge(bridge), Some(terminal)) => Source::Bridged(terminal.clone(), bridge),
                 (From::Delivered, _) => Source::Delivered,
-                // It hung up before a restart. The client of the output waits for the end.
+                // The terminal hung up before a restart. The client of the output waits for the end.
                 (From::Terminal | From::Bridge(_), None) => {
                     fds.forget(kind, number);
                     fds.forget(kind.aside(), number);
@@ -153,7 +152,8 @@ impl Session {
         Ok(session)
     }
 
-    /// Lets a terminal have the client's input. Its window has the size that the client has requested before.
+    /// Starts copying the client's input to the terminal, if there is one. The window of the terminal has the size that the client
+    /// has requested before.
     pub fn start_input(&mut self, task: &TaskKey) {
         if let Some(Feed(feed)) = self.feed.take() {
             threads::spawn(task, feed);

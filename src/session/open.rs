@@ -242,7 +242,7 @@ impl Plan {
                 Ok((input, stdin)) => (opened.input, opened.stdin) = (input, stdin),
                 // The client may have removed its FIFO. The process's output does not depend on it.
                 Err(error) if mode == ReopenMode::Running => {
-                    tracing::warn!(process = %self.key, %error, "{}: can't reopen its input, it gets no more: {error}", self.key);
+                    tracing::warn!(process = %self.key, %error, "{}: can't reopen its input, so the process gets no more input: {error}", self.key);
                 }
                 Err(error) => return Err(error),
             }
@@ -311,7 +311,7 @@ impl Plan {
         Ok(opened)
     }
 
-    /// The client's FIFO for input: the reader, for a terminal, and the writer, unless nobody needs it any more.
+    /// The client's FIFO for input: the reader, for a terminal, and the writer, unless nobody needs the writer any more.
     fn open_input(
         &self,
         fds: &StreamFds,

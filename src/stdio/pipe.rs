@@ -76,7 +76,7 @@ impl Scratch {
             // The copies of empty buffers take up room, and read(2) removes them.
             let _ = nix::unistd::read(&self.copy, &mut [0]);
             // More empty buffers than this pipe has room for may be in front of bytes.
-            if has_grown || length_in(from) == 0 || !self.has_the_size_of(from) {
+            if has_grown || length_in(from) == 0 || !self.resize_as(from) {
                 return Err(ONLY_EMPTY);
             }
             has_grown = true;
@@ -88,8 +88,8 @@ impl Scratch {
         Ok(length)
     }
 
-    /// Gives the pipe as many buffers as another one has, up to [`MOST_BUFFERS`].
-    fn has_the_size_of(&self, other: &impl AsFd) -> bool {
+    /// Gives the pipe for the copies as many buffers as another pipe has, up to [`MOST_BUFFERS`]. Returns false if the kernel refuses.
+    fn resize_as(&self, other: &impl AsFd) -> bool {
         let size = fcntl(other, FcntlArg::F_GETPIPE_SZ);
         size.is_ok_and(|size| fcntl(&self.copied, FcntlArg::F_SETPIPE_SZ(size.min(MOST_BUFFERS))).is_ok())
     }

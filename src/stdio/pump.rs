@@ -262,8 +262,8 @@ impl<'a> End<'a> {
     /// late gets the rest of the output, and Delete does not wait for the client.
     async fn room_in(&mut self, to: &AsyncFd<OwnedFd>) -> io::Result<()> {
         if length_in(to) == 0 {
-            // Empty buffers of the source may fill it, and nobody wakes its client for them. A read removes them, and the pump,
-            // which has the FIFO open for both, is its only writer.
+            // Empty buffers of the source may fill the client's FIFO, and the kernel does not wake the client for them. A read
+            // removes them: the pump has the FIFO open for both, and is its only writer.
             let _ = nix::unistd::read(to, &mut [0]);
         }
         if !self.is_over {
@@ -391,7 +391,7 @@ async fn spread(
     let mut looking = None;
     let mut end = End::new(over, complete);
     let wait = if fifo.is_some() { PROMPT_WAIT } else { LINE_WAIT };
-    // When an incomplete line is copied, once there is one.
+    // The time at which an incomplete line is copied. `None` if there is no such line.
     let mut deadline = None;
     loop {
         let (scratch, nowhere) = match &mut looking {

@@ -107,8 +107,8 @@ where
     Ended(ended)
 }
 
-/// How much work on the streams of a container waits until a thread works for the container, with the work on streams of deleted
-/// execs: a process that keeps a stream in the kernel can let all of it wait.
+/// How many pieces of work on the streams of a container, also of its deleted execs, wait for their turn. A process of the container
+/// that keeps streams busy in the kernel lets them all wait.
 pub fn waiting(task: &TaskKey) -> usize {
     let turns = lock(&TURNS).of.get(task).and_then(Weak::upgrade);
     turns.map_or(0, |turns| lock(&turns.occupied).waiting.len())

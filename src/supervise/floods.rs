@@ -32,9 +32,10 @@ const IDLE: Duration = Duration::from_millis(100);
 /// How long systemd may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 
-/// A flood with pauses lets systemd answer in the pauses: systemd is slow if this many of the last answers took longer than this.
+/// An answer that takes longer than this is slow. A flood with pauses lets systemd answer in the pauses.
 const SLOW: Duration = Duration::from_millis(500);
-const MOST_SLOW: usize = 3;
+/// The number of slow answers among the [`LAST_ANSWERS`] from which on systemd counts as slow.
+const SLOW_ANSWERS: usize = 3;
 const LAST_ANSWERS: usize = 6;
 
 /// How long the daemon looks at systemd's children.
@@ -43,8 +44,8 @@ const LOOK: Duration = Duration::from_secs(1);
 /// The number of new children in that time from which on a container counts as the reason. What was measured is some thousands.
 const FLOOD: usize = 200;
 
-/// The same number if systemd answers, but is slow. It may start processes then: an exec costs systemd some 4 ms, so that many new
-/// children are not those of execs.
+/// The same number if systemd is slow, and not silent. A slow systemd may start processes: an exec costs it some 4 ms, so that many
+/// new children are not those of execs.
 const FLOOD_WITH_PAUSES: usize = 1000;
 
 /// The largest number of new children that the daemon looks at.
@@ -96,7 +97,7 @@ impl Answers {
         if self.0.len() > LAST_ANSWERS {
             self.0.pop_front();
         }
-        let is_slow = self.0.iter().filter(|is_slow| **is_slow).count() >= MOST_SLOW;
+        let is_slow = self.0.iter().filter(|is_slow| **is_slow).count() >= SLOW_ANSWERS;
         if is_slow {
             self.0.clear();
         }

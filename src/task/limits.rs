@@ -102,9 +102,9 @@ impl Attribute {
 /// The limits of a unit's cgroup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UnitLimits {
-    /// When they were last compared with the container's own.
+    /// The limits when they were last compared with the container's own.
     pub seen: Limits,
-    /// What the unit had before it got the container's limits, from a drop-in or an annotation: no Update changes it.
+    /// The limits that the unit had before it got those of the container, from a drop-in or an annotation: no Update changes them.
     pub given: BTreeSet<Attribute>,
 }
 

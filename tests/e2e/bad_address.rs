@@ -29,8 +29,8 @@ fn as_a_process_with_a_bad_address() {
         assert!(unsafe { libc::fcntl(stream, libc::F_SETPIPE_SZ, MIB) } >= MIB);
     }
     for number in 0..40 {
-        for (stream, length) in [(1, 10), (2, PAGE)] {
-            for _ in 0..if length == PAGE { 30 } else { 1 } {
+        for (stream, length, times) in [(1, 10, 1), (2, PAGE, 30)] {
+            for _ in 0..times {
                 // SAFETY: the kernel reads no memory of this process, which has nothing there.
                 let written = unsafe { libc::write(stream, std::ptr::without_provenance(1), length) };
                 assert_eq!(written, -1);

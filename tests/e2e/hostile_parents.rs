@@ -43,7 +43,7 @@ fn flood(siblings: u32) -> String {
 }
 
 /// Floods systemd with this number of children ten times a second until the process is killed. `silence` makes systemd silent
-/// meanwhile, until the returned function says that the process has ended.
+/// meanwhile, until the function that it gets says that the process has ended.
 fn with_flood(siblings: u32, silence: impl FnOnce(&dyn Fn() -> bool)) {
     let node = Node::exclusive();
     let bystander = Bystander::new(&node);
